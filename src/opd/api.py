@@ -96,27 +96,48 @@ def distill(
     """
     if quiet:
         quiet_libraries()
+    _check_mappings("opd.distill", options=options, lora=lora, columns=columns)
     own_base = base is student and not isinstance(base, str | Path)  # its weights without the adapter
     teachers = _several(teacher, teacher_tokenizer or tokenizer)
     specs, models, scorers = _models((student, tokenizer), teachers | {"base": (None if own_base else base, tokenizer)})
     _settings(specs, models, lora, device)
     data, rows, reports = _data(
-        prompts, chat=chat, last_assistant=last_assistant, assistant_turns=assistant_turns, columns=dict(columns)
+        prompts, chat=chat, last_assistant=last_assistant, assistant_turns=assistant_turns, columns=dict(columns or {})
     )
     section, given_reward = _reward(reward)
     named_base = "student" if own_base else "base" if "base" in specs else None
     described = _stage("+".join(teachers) or None, named_base, sampler, method, options)
     described |= {"data": data, "reward": section, "steps": steps, **stage}
-    whole = {"name": "distill", "seed": seed, "output_dir": str(output_dir or _new_folder())}
-    whole["report_to"] = report_to if isinstance(report_to, str) else list(report_to)
+    whole = {"name": "distill", "seed": seed, "output_dir": str(output_dir or _new_folder()), "report_to": report_to}
     recipe = parse_recipe({**whole, "models": specs, "stages": [described]}, source="distill(...)")
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
     given = Given(models=models, prompts=rows, reports=reports, reward=given_reward, method=made, teachers=scorers)
     return _start(recipe, given if isinstance(sampler, str) else replace(given, sampler=sampler), quiet, accept_changes)
 
 
+def _check_method(method: Any) -> None:
+    """Raise ConfigError for what is no method."""
+    if not callable(method) and not isinstance(method, str | Method):
+        raise ConfigError(
+            f"The `method` of opd.distill is {method!r:.80} ({type(method).__name__}). Give a name (`opd methods` "
+            "lists them), a Method, or a function that returns one."
+        )
+
+
+def _check_mappings(where: str, **mappings: Any) -> None:
+    """Raise ConfigError for another value than a mapping or None."""
+    for name, value in mappings.items():
+        if value is not None and not isinstance(value, Mapping):
+            example = {"lora": "{'rank': 16}", "options": "{'k': 20}"}.get(name, "{'prompt': 'question'}")
+            raise ConfigError(
+                f"`{name}` of {where} is {value!r:.80} ({type(value).__name__}), but must be a mapping, such "
+                f"as {example}."
+            )
+
+
 def _stage(teacher: str | None, base: str | None, sampler: Any, method: Any, options: Any) -> dict[str, Any]:
-    """The recipe's stage, as far as it says who takes part and by which method."""
+    """The recipe's stage, as far as it says who takes part and by which method. Raises ConfigError for no method."""
+    _check_method(method)
     return {
         "name": "distill",
         "train": "student",
@@ -172,9 +193,11 @@ def evaluate(
         beside = Subject(name="teacher", given=teacher, where="opd.evaluate(teacher=...)", tokenizer=theirs)
     say = silent if quiet else _say
     _check_limit(limit)
-    data = {"chat": chat, "last_assistant": last_assistant, "assistant_turns": assistant_turns, "columns": columns}
+    _check_mappings("opd.evaluate", columns=columns)
+    data = {"chat": chat, "last_assistant": last_assistant, "assistant_turns": assistant_turns}
+    data["columns"] = dict(columns or {})
     if recipe is not None:
-        _refuse_beside_recipe(data, prompts=prompts, reward=reward, sampling=dict(sampling) or None, device=device)
+        _refuse_beside_recipe(data, prompts=prompts, reward=reward, sampling=sampling or None, device=device)
         resolved = _resolved(recipe, overrides)
         return evaluate_as_stage(one, resolved, stage=stage, limit=limit, teacher=beside, seed=seed, say=say)
     _refuse_without_recipe(prompts, stage, overrides)
@@ -200,7 +223,7 @@ def _own(prompts: Any, data: Mapping[str, Any], limit: int | None, reward: Any, 
         )
     elif reward is not None:
         rule = as_reward(reward, "The `reward` of opd.evaluate")
-    section, rows, reports = _data(prompts, **{**data, "columns": dict(data["columns"])})
+    section, rows, reports = _data(prompts, **data)
     needs = [] if rule is None else sorted(rule.needs)
     if rows is None:
         rows, reports = load_selected(parse_section(DataSection, {**section, "limit": limit}, "data"), require=needs)

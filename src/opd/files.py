@@ -301,10 +301,14 @@ def _repeating(name: str, kind: Any) -> list[str]:
 
 
 def read_table(file: Path) -> list[dict[str, Any]]:
-    """All rows of a file that `write_table` wrote."""
+    """All rows of a file that `write_table` wrote. Raises RunError if it cannot be read."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return pq.read_table(file).to_pylist()
+    try:
+        return pq.read_table(file).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(f"{file} cannot be read ({error}). Copy it again, or remove it to go on without it.") from error
 
 
 def tensor_shapes(file: Path, label: str) -> dict[str, tuple[int, ...]]:

@@ -29,6 +29,7 @@ from opd.recipe.load import load_recipe, parse_recipe
 from opd.recipe.schema import ModelSpec
 from opd.types import Prompt
 
+ONE_ROW = datasets.Dataset.from_list([{"prompt": "1+1="}])
 PROMPTS = [row["prompt"] for row in sums(0, 6)]
 
 
@@ -271,6 +272,21 @@ def test_distill_needs_chat_template_when_chat_is_true():
     ("prompts", "message"),
     [
         ([], "prompts has no rows"),
+        (None, "prompts is None (NoneType). Give a path, or a list of rows."),
+        # Each of these was read as prompts with the names of its columns or splits.
+        ({"prompt": ["1+1=", "1+2="]}, "prompts is a dict with the keys 'prompt', but must be a list of rows."),
+        (
+            datasets.DatasetDict({"train": ONE_ROW}),
+            "prompts is a DatasetDict with the keys 'train', but must be a list of rows. Give one split of",
+        ),
+        (
+            ONE_ROW.to_pandas(),
+            "prompts is a DataFrame, a table that is iterated by its columns.",
+        ),
+        (
+            ONE_ROW.data.table,
+            "prompts is a Table, a table that is iterated by its columns.",
+        ),
         (["1+1=", 5], "Row 1 of prompts is a int, got 5"),
         ([{"question": "1+1="}], "Row 0 of prompts has no column 'prompt'. Its columns: question"),
         (["1+1=", " "], "Row 1 of prompts: `prompt` is empty"),
@@ -280,6 +296,26 @@ def test_distill_needs_chat_template_when_chat_is_true():
 def test_distill_refuses_bad_prompts(prompts: Any, message: str):
     with pytest.raises(DataError) as error:
         distill(prompts=prompts)
+    assert message in str(error.value)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": None}, "The `method` of opd.distill is None (NoneType). Give a name (`opd methods` lists them)"),
+        ({"options": [1]}, "`options` of opd.distill is [1] (list), but must be a mapping, such as {'k': 20}."),
+        ({"lora": 16}, "`lora` of opd.distill is 16 (int), but must be a mapping, such as {'rank': 16}."),
+        ({"lora": True}, "`lora` of opd.distill is True (bool)"),
+        ({"columns": "question"}, "`columns` of opd.distill is 'question' (str)"),
+        ({"report_to": 3}, "`report_to`"),
+        ({"student": None}, "student is None (NoneType). Give a path, a hub id, or a model object"),
+        ({"teacher": ["a", "b"]}, "teacher is ['a', 'b'] (list). Give a path, a hub id, or a model object"),
+    ],
+)
+def test_distill_refuses_other_kinds(arguments: dict[str, Any], message: str):
+    with pytest.raises(ConfigError) as error:
+        distill(**arguments)
     assert message in str(error.value)
     assert not Path("runs").exists()
 
@@ -543,6 +579,12 @@ def test_evaluate_equals_the_command_on_a_file(work: Path):
         ({"reward": "exact"}, DataError, "needs `answer` in every row"),
         ({"device": "cpu"}, ConfigError, "model is a model object"),
         ({"sampling": {"k": 1}}, ConfigError, "unknown key `k`"),
+        (
+            {"sampling": "greedy"},
+            ConfigError,
+            "valid:\n  Input should be a valid dictionary (got 'greedy'). Its keys: ",
+        ),
+        ({"columns": ["a"]}, ConfigError, "`columns` of opd.evaluate is ['a'] (list), but must be a mapping"),
     ],
 )
 def test_evaluate_refuses_what_it_cannot_use(arguments: dict[str, Any], error: type[Exception], said: str):

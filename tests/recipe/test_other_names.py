@@ -91,6 +91,18 @@ def test_name_at_the_top_names_the_key_here(row: Row):
     assert row.says in str(error.value)
 
 
+def test_flat_config_lists_the_known_keys_once():
+    """A config of TRL is twenty names at the top, and each had the list of a recipe's keys behind it."""
+    theirs = {"lmbda": 0.5, "teacher_model_revision": "main", "use_liger_kernel": True, "actor_rollout_ref": {}}
+    with pytest.raises(ConfigError) as error:
+        parse_recipe({**one_stage(optimizer={"warmup_ratio": 0.1}), **theirs})
+    lines = str(error.value).splitlines()
+    (section, *top) = lines[1:]
+    assert "Known here: name, learning_rate," in section
+    assert ["Known here: name, description," in line for line in top] == [False, False, False, True]
+    assert top[2].endswith("No such key: losses are computed chunk by chunk, without the logits of all tokens.")
+
+
 def fields_of(section: Any) -> Any:
     """The class of a section in an annotation such as `Lora | None`; None if it has no keys of ours."""
     for one in [section, *getattr(section, "__args__", ())]:

@@ -141,6 +141,7 @@ def test_override_prefers_stage_name_to_number():
     ("override", "message"),
     [
         ("seed", "An override has the form key=value, e.g. seed=1 or stages.distil.steps=5; got 'seed'."),
+        ({"seed": 1}, "An override has the form key=value, e.g. seed=1 or stages.distil.steps=5; got {'seed': 1}."),
         ("=5", "got '=5'"),
         ("stages.tow.steps=5", "Override stages.tow: no such entry. Did you mean 'two'? There are ['one', 'two']."),
         ("stages.2.steps=5", "Override stages.2: no such entry. There are ['one', 'two']."),
@@ -154,7 +155,7 @@ def test_override_prefers_stage_name_to_number():
         ("seed={", "Override seed: '{' is not a YAML value"),
     ],
 )
-def test_override_raises_config_error_when_wrong(override: str, message: str):
+def test_override_raises_config_error_when_wrong(override: Any, message: str):
     assert message in refused(recipe(stage("one"), stage("two"), seed=0), override)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from support.runs import EVALUATE, command, one_stage, prepare, two_stages
 
 import opd
-from opd.errors import RunError
+from opd.errors import ConfigError, RunError
 from opd.stage.columns import COLUMNS, FORMAT, markdown, schema
 
 PAGE = Path(__file__).parents[2] / "docs" / "run_folder.md"
@@ -48,11 +49,44 @@ def test_load_run_reads_a_run_that_has_stopped(work: Path):
     with pytest.raises(RunError, match=r"stage 'distil' is not finished, so it has no model\. `opd train run/recipe"):
         _ = run.student
     assert sorted(path.name for path in Path("run").rglob("*")) == before
+    copied = shutil.copytree("run", "copied")  # whose recipe writes to `run`
+    with pytest.raises(RunError, match=r"`opd train copied/recipe\.yaml output_dir=copied` continues the run\."):
+        _ = opd.load_run(copied).student
+    ended = command("train", "copied/recipe.yaml", "output_dir=copied")
+    assert ended.code == 0, ended.err
+    assert opd.load_run("copied").student is not None
 
 
 def test_load_run_refuses_folder_without_recipe(work: Path):
     with pytest.raises(RunError, match=r"nothing holds no run: it has no recipe\.yaml\. Give the folder of a run"):
         opd.load_run("nothing")
+
+
+def test_load_run_says_what_a_partial_copy_lacks(work: Path):
+    """A missing model ended in a FileNotFoundError of an adapter, a cut file in an ArrowInvalid."""
+    opd.run("recipe.yaml", quiet=True)
+    shutil.rmtree("run/distil/model")
+    with pytest.raises(RunError, match=r"run/distil: the stage has finished, and model/ is not there any more\."):
+        _ = opd.load_run("run").student
+    for cut, read in (
+        (Path("run/distil/held_out_before.parquet"), lambda run: run.held_out("before")),
+        (Path("run/distil/samples/step_000001.parquet"), lambda run: run.samples),
+    ):
+        cut.write_bytes(cut.read_bytes()[:500])
+        with pytest.raises(RunError, match=rf"{cut} cannot be read \(.*\)\. Copy it again, or remove it to go on"):
+            read(opd.load_run("run"))
+
+
+def test_held_out_names_the_evaluations_of_the_run(work: Path):
+    """A name that the run does not have gave no rows, and no word."""
+    run = opd.run("recipe.yaml", quiet=True)
+    there = "before, step_000002, teacher"
+    with pytest.raises(RunError, match=rf"run/distil has no evaluation 'after'; it has {there}\.$"):
+        run.held_out("after")
+    with pytest.raises(RunError, match=rf"no evaluation 'step_2'; it has {there}\. Did you mean 'step_000002'\?"):
+        run.held_out("step_2")
+    with pytest.raises(ConfigError, match=r"The run has no stage 'distill'; it has distil\. Did you mean 'distil'\?"):
+        run.held_out("before", "distill")
 
 
 def test_repr_of_run_has_about_five_lines(work: Path):

@@ -115,6 +115,7 @@ class FakeRun:
     pictures: tuple[int, int] | None = None  # width and height of an image of each prompt, with a box for the teacher
     copies: int = 10**9  # of the images that have a copy
     old: bool = False  # the columns and files of version 0.1.0
+    extracted: str = ""  # what the reward compared; default: a number
     hostile: tuple[str, ...] = ()  # texts of prompts, responses and tokens
     gain: float = 0.5  # how much the reward rises
     seed: int = 0
@@ -300,7 +301,7 @@ def _row(
     if not run.old:
         row |= _new(run, tokens, p, q, rng, looked)
         row |= {"prompt_messages": json.dumps([{"role": "user", "content": prompt}])}
-        row |= {"answer": str(2 * i), "extracted": str(2 * i + 1)}
+        row |= {"answer": str(2 * i), "extracted": run.extracted or str(2 * i + 1)}
     if run.pictures:
         row |= _seen(run, i, rng)
     return row

@@ -13,6 +13,7 @@ from support.browser import Browser, axe, browsing
 from support.run_folders import write
 
 from opd.messages import visible
+from opd.viewer.content import Options
 from opd.viewer.read import StageView, read_run
 from opd.viewer.report import write_comparison, write_report
 
@@ -97,6 +98,24 @@ def test_page_is_as_wide_as_the_window(browser, page, tasks, hostile, width):
     for file in (page, tasks, hostile):
         with browser.open(file, width=width) as found:
             assert found.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_long_compared_text_wraps(browser, folder):
+    """`exact` compares the whole response: without a space in it a page of 390 pixels was 2,003 wide."""
+    run = write(folder / "compared", reward="exact", correctness=True, extracted="x" * 600, steps=5, prompts=4)
+    with browser.open(write_report(run, folder / "compared.html").path, width=390) as found:
+        assert "compared: xxx" in found.text(".response")
+        assert found.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_keys_do_nothing_on_a_page_without_text(browser, folder, page):
+    """`c` was a TypeError of the script."""
+    file = write_report(folder / "run", folder / "numbers.html", options=Options(text=False)).path
+    with browser.open(file) as found:
+        found.key("j", "k", "n", "p", "[", "]", "c", "/", "ArrowRight")
+        assert found.count(".response") == 0
+        found.page.wait_for_timeout(100)
+        assert found.console == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -165,3 +165,17 @@ def test_folders_of_one_name_get_their_parents(tmp_path):
     assert [side.name for side in compare([tmp_path / "a/run"] * 2).sides] == [
         "fake (run)"
     ] * 2  # no path of the machine
+
+
+def test_comparison_without_rows_or_keys_has_no_empty_table(tmp_path):
+    """Two runs of one recipe that measured nothing had two tables of headings, one of them named ` on held-out`."""
+    one, two = write(tmp_path / "one"), write(tmp_path / "two")
+    out = command("compare", str(one), str(two), "--between", "runs").out
+    assert "No key of the recipes or environments differs." in out
+    assert "max_words on held-out prompts" in out
+    for folder in (one, two):
+        (folder / "distil" / "held_out_step_000020.parquet").unlink()
+    out = command("compare", str(one), str(two), "--between", "runs").out
+    assert "on held-out prompts" not in out
+    assert "A has no responses of an evaluation after training." in out
+    assert "key  " not in out

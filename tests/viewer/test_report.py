@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import time
 from importlib.resources import files
 
@@ -13,9 +14,10 @@ from support.run_folders import FakeRun, write
 from support.runs import command
 
 from opd.errors import ConfigError
+from opd.stage.claim import HOLDER
 from opd.viewer import page
 from opd.viewer.content import Options, block_of, live_content, stage_content
-from opd.viewer.facts import opened_first
+from opd.viewer.facts import head_of, opened_first
 from opd.viewer.pack import opened, slices
 from opd.viewer.read import read_run
 from opd.viewer.report import write_report
@@ -204,5 +206,21 @@ def test_page_opens_on_the_stage_of_interest(tmp_path, methods, running, expecte
     if running is not None:
         (folder / running / "done.json").unlink()
         (folder / running / "progress.json").write_text(json.dumps({"phase": "train", "updated": time.time()}))
+        (folder / HOLDER).touch()
     stages = list(read_run(folder).stages.values())
     assert stages[opened_first(stages)].name == expected
+
+
+def test_peer_of_a_finished_stage_has_finished(tmp_path):
+    """progress.json and done.json are in the stage's folder alone: a peer was `stopped at step 20 of 20`."""
+    folder = write(tmp_path / "run", extra={"peers": ["other"]})
+    shutil.copytree(folder / "distil", folder / "distil" / "peers" / "other")
+    for name in ("progress.json", "done.json"):
+        (folder / "distil" / "peers" / "other" / name).unlink()
+    run = read_run(folder)
+    assert [head_of(run, stage)["state_says"] for stage in run.stages.values()] == ["finished after 20 steps"] * 2
+    (folder / "distil" / "done.json").unlink()
+    (folder / "distil" / "progress.json").write_text(json.dumps({"phase": "train", "updated": time.time()}))
+    (folder / HOLDER).touch()
+    run = read_run(folder)
+    assert [head_of(run, stage)["state"] for stage in run.stages.values()] == ["running"] * 2

@@ -18,6 +18,8 @@ from support.run_folders import FakeRun, write
 
 from opd.commands.watch import watch_run
 from opd.errors import ConfigError, RunError
+from opd.stage.claim import HOLDER
+from opd.viewer.live import Live
 from opd.viewer.read import read_again, read_run
 from opd.viewer.terminal import marked, spark
 
@@ -34,12 +36,42 @@ def test_screen_fits_its_width(tmp_path: Path, width: int):
     run = write(tmp_path / "run", FakeRun(planned=40, tasks=("sums", "words"), tokens=300))
     progress = {"phase": "train", "done": 3, "of": 8, "eta_seconds": 75, "updated": time.time()}
     (run / "distil" / "progress.json").write_text(json.dumps(progress))
+    (run / HOLDER).touch()
     text = shown(run, width)
     assert all(cell_len(line.rstrip()) <= width for line in text.splitlines())
     words = " ".join(text.split())
     assert "fake / distil (reverse_kl) stage 1 of 1 running, step 20 of 40" in words
     assert "held out, sums, greedy, max_words: before" in words
     assert ("█" in text.split("first")[1]) == (width >= 60)
+
+
+def test_run_that_gave_its_folder_back_has_stopped(tmp_path: Path):
+    """A run that ended in an error was `running`, with seconds left, for two minutes."""
+    run = write(tmp_path / "run", FakeRun(planned=40))
+    file = run / "distil" / "progress.json"
+    file.write_text(json.dumps({"phase": "train", "eta_seconds": 75, "updated": time.time()}))
+    (run / HOLDER).touch()
+    assert "running, step 20 of 40" in shown(run, 100)
+    (run / HOLDER).unlink()
+    text = shown(run, 100)
+    assert "stopped at step 20 of 40" in text
+    assert "left" not in text.splitlines()[0]
+    assert not any(line.startswith("train") for line in text.splitlines())
+
+
+def test_killed_run_shows_no_sign_of_life(tmp_path: Path):
+    """Its folder stays held, and no time that is left is counted down."""
+    run = write(tmp_path / "run", FakeRun(planned=40))
+    progress = {"phase": "train", "eta_seconds": 75, "updated": time.time() - 60}
+    (run / "distil" / "progress.json").write_text(json.dumps(progress))
+    (run / HOLDER).touch()
+    text = " ".join(shown(run, 100).split())
+    assert "running, step 20 of 40, no sign of life for 1 min 00 s" in text
+    assert " left" not in text
+    (said,) = Live(run).state()["stages"]
+    assert said["says"] == "running, step 20 of 40, train, no sign of life for 1 min 00 s"
+    (run / "distil" / "progress.json").write_text(json.dumps(progress | {"updated": time.time() - 121}))
+    assert "stopped at step 20 of 40" in shown(run, 100)
 
 
 def test_finished_run_has_no_bar(tmp_path: Path):

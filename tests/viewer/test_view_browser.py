@@ -58,6 +58,16 @@ def test_new_lines_appear_within_three_seconds(browser: Browser, run: Path):
         assert time.monotonic() - started < 3 * 2  # the machine of the test may be busy
 
 
+def test_head_follows_the_run(browser: Browser, run: Path):
+    with opened(browser, run) as page:
+        page.until("document.documentElement.dataset.live === 'on'")
+        assert "1 min 00 s of steps" in page.text("[data-part=facts]")
+        with (run / "distil" / "timings.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 21, "total": 65.0, "peak_memory_gib": 7.0}) + "\n")
+        page.until("document.querySelector('[data-part=facts]').textContent.includes('2 min 05 s of steps')")
+        assert "7.0 GiB at most" in page.text("[data-part=facts]")
+
+
 def test_panel_says_that_it_waits_for_responses(browser: Browser, run: Path):
     """The first look at a stage of a real run took seconds on a busy machine, with an empty panel."""
     with opened(browser, run) as page:
@@ -136,3 +146,15 @@ def test_server_that_ends_is_noticed(browser: Browser, run: Path):
         server.shutdown()
         server.server_close()
         page.until("document.documentElement.dataset.live === 'lost'")
+        assert "This page shows the run as it was at " in page.text("#lost")
+        assert "`opd view` does not answer any more: start it again." in page.text("#lost")
+
+
+def test_folder_that_is_gone_is_said_until_it_is_back(browser: Browser, run: Path):
+    with opened(browser, run) as page:
+        page.until("document.documentElement.dataset.live === 'on'")
+        away = run.rename(run.with_name("away"))
+        page.until("!document.querySelector('#lost').hidden")
+        assert "is no run's folder: it has no recipe.yaml." in page.text("#lost")
+        away.rename(run)
+        page.until("document.querySelector('#lost').hidden")

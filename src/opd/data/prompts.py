@@ -110,7 +110,7 @@ def prompts_of_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], **fields: 
 def read_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], **fields: Any) -> tuple[list[Prompt], list[Converted]]:
     """`prompts_of_rows`, and a report of each conversion."""
     through_arrow = type(rows).__module__.partition(".")[0] == "datasets"
-    given = list(rows)
+    given = _listed(rows)
     section = parse_section(DataSection, {"path": "prompts", **fields}, "prompts")
     check_data(section)
     made = [row for row in given if isinstance(row, Prompt)]
@@ -122,6 +122,24 @@ def read_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], **fields: Any) -
         mappings = [ArrowRow(row) if isinstance(row, Mapping) else row for row in mappings]
     prompts, _, converted = _prompts([(f"Row {index} of prompts", row) for index, row in enumerate(mappings)], section)
     return _turned(prompts, section), converted
+
+
+def _listed(rows: Any) -> list[Any]:
+    """The rows of an iterable. Raises DataError for one that is iterated by the names of its columns or splits."""
+    if isinstance(rows, Mapping):
+        names = ", ".join(repr(name) for name in list(rows)[:8])
+        raise DataError(
+            f"prompts is a {type(rows).__name__} with the keys {names}, but must be a list of rows. Give one split "
+            "of a DatasetDict, such as prompts['train'], or a list with one object per row."
+        )
+    if hasattr(rows, "columns"):
+        raise DataError(
+            f"prompts is a {type(rows).__name__}, a table that is iterated by its columns. Give its rows: "
+            "to_dict('records') of pandas, to_dicts() of polars, to_pylist() of pyarrow."
+        )
+    if not isinstance(rows, Iterable):
+        raise DataError(f"prompts is {rows!r:.80} ({type(rows).__name__}). Give a path, or a list of rows.")
+    return list(rows)
 
 
 def _checked(prompt: Prompt) -> Prompt:

@@ -24,6 +24,11 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: An
 
     Dropout is off because the trained distribution must be the distribution that writes.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"{name} is {model!r:.80} ({type(model).__name__}). Give a path, a hub id, or a model object of "
+            "transformers or peft."
+        )
     if tokenizer is None:
         raise ConfigError(f"{name}: a model object needs its tokenizer; pass `tokenizer=`.")
     adapters.check_tied(model)

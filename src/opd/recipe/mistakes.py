@@ -11,6 +11,7 @@ from opd.errors import nearest
 from opd.recipe.other_names import BY_NAME
 from opd.recipe.yaml_text import Source
 
+_KNOWN = " Known here: "  # before the list of a section's keys
 _NOT_OURS = ("RewardSection", "JudgeSection")  # sections in which these names mean something else
 
 
@@ -52,10 +53,21 @@ def explain(
             own = one["type"] == "value_error" and isinstance(one["input"], Mapping)
             got = "" if own else f" (got {one['input']!r:.80})"
             named = _reference(one["input"]) if one["type"] == "string_type" else None
-            line = f"`{path}`: {one['msg']}{got}" + (f". Write {named}" if named else "")
+            line = (f"`{path}`: " if path else "") + f"{one['msg']}{got}" + (f". Write {named}" if named else "")
         where = source.where(one["loc"])
         lines.append(f"{where}: {line}" if where else line)
-    return f"{source.name} is not valid:\n  " + "\n  ".join(lines)
+    return f"{source.name} is not valid:\n  " + "\n  ".join(_listed_once(lines))
+
+
+def _listed_once(lines: Sequence[str]) -> list[str]:
+    """The lines with each list of known keys on the last of those that have it: a flat config has twenty of them."""
+    kept: list[str] = []
+    seen: set[str] = set()
+    for line in reversed(lines):
+        says, mark, listed = line.rpartition(_KNOWN)
+        kept.append(says if mark and listed in seen else line)
+        seen.add(listed)
+    return kept[::-1]
 
 
 def _unknown(
@@ -65,14 +77,14 @@ def _unknown(
     known = [] if section is None else list(section.model_fields)
     listed = ", ".join(known)
     if key in stage_keys:
-        return f"unknown key `{path}`. It is a key of a stage. Known here: {listed}"
+        return f"unknown key `{path}`. It is a key of a stage.{_KNOWN}{listed}"
     if section is not None and (hint := _hint(key, section.__name__)):
-        return f"unknown key `{path}`. {hint} Known here: {listed}"
+        return f"unknown key `{path}`. {hint}{_KNOWN}{listed}"
     near, also = nearest(key, known), ""
     if key in short and stage_keys:
         top, near = near, nearest(key, [*known, *stage_keys])
         also = "" if near and near == top else f"; of a stage: {', '.join(stage_keys)}"
-    return f"unknown key `{path}`.{near} Known here: {listed}{also}"
+    return f"unknown key `{path}`.{near}{_KNOWN}{listed}{also}"
 
 
 def _hint(key: str, section: str) -> str:
@@ -86,7 +98,7 @@ def _hint(key: str, section: str) -> str:
 
 def _no_section(path: str, got: Any, section: type[BaseModel] | None) -> str:
     """The line about a plain value in place of a section."""
-    line = f"`{path}`: Input should be a valid dictionary (got {got!r:.80})"
+    line = f"{f'`{path}`: ' if path else ''}Input should be a valid dictionary (got {got!r:.80})"
     if section is None:
         return line
     example = _EXAMPLES.get(section.__name__)

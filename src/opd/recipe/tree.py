@@ -70,7 +70,7 @@ def override(
     tree: dict[str, Any], text: str, source: Source, *, stage_keys: Collection[str], recipe_keys: Collection[str]
 ) -> Source:
     """Set one `dotted.key=value` in a recipe's tree, in place. Returns the source with it. Raises ConfigError."""
-    key, equals, value = text.partition("=")
+    key, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")  # Python may give another kind
     if not equals or not key:
         raise ConfigError(f"An override has the form key=value, e.g. seed=1 or stages.distil.steps=5; got {text!r}.")
     parts = key.split(".")

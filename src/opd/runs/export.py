@@ -143,11 +143,20 @@ def _probe(stage: Stage, student: LanguageModel) -> list[int]:
 
 
 def finished_student(recipe: Recipe, given: Given, directory: RunDir) -> LanguageModel:
-    """The last stage's model, loaded from the finished run: merged, or its base model with the adapter."""
+    """The last stage's model, loaded from the finished run: merged, or its base model with the adapter.
+
+    Raises RunError if the folder has neither.
+    """
     spec = recipe.stages[-1]
     folder = directory.stage(spec.name)
     if folder.model.exists():
         return load_model(section_of(recipe, spec.train), name=spec.train, folder=folder.model)
+    if not folder.adapter.exists():
+        wanted = {"merged": "model/", "adapter": "adapter/"}.get(spec.save, "model/ and adapter/")
+        raise RunError(
+            f"{folder.path}: the stage has finished, and {wanted} is not there any more. Copy it from where the run "
+            "was trained, or remove done.json and start the run again: it saves the model of its last checkpoint."
+        )
     student = model_for(recipe, spec, spec.train, given, directory)
     saving.load_adapter(student, folder.adapter)
     return student

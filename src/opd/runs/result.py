@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from opd.errors import RunError
+from opd.errors import ConfigError, RunError, nearest
 from opd.evaluation.results import columns_of, of_task
 from opd.files import expanded
 from opd.recipe.load import load_recipe
@@ -32,9 +32,11 @@ class Run:
             return self._given
         last = self.recipe.stages[-1].name
         if self._stage(last).done() is None:
+            # A copied or moved folder is not where its recipe writes.
+            here = self.recipe.folder.resolve() == self.folder.resolve()
+            command = f"opd train {self.folder / 'recipe.yaml'}{'' if here else f' output_dir={self.folder}'}"
             raise RunError(
-                f"{self.folder}: stage {last!r} is not finished, so it has no model. `opd train "
-                f"{self.folder / 'recipe.yaml'}` continues the run."
+                f"{self.folder}: stage {last!r} is not finished, so it has no model. `{command}` continues the run."
             )
         found = finished_student(self.recipe, Given(), RunDir(self.folder, False))
         return found.model, found.tokenizer
@@ -74,8 +76,19 @@ class Run:
         return [{"stage": name, **row} for name, rows in stages for row in rows]
 
     def held_out(self, when: str, stage: str | None = None) -> list[dict[str, Any]]:
-        """The responses of an evaluation: `before`, `teacher` or `step_000050`. `stage`: default the last one."""
-        return self._stage(stage or self.recipe.stages[-1].name).read_held_out(when)
+        """The responses of an evaluation: `before`, `teacher` or `step_000050`. `stage`: default the last one.
+
+        Raises ConfigError for a stage that the recipe does not have, and RunError for an evaluation that the run does
+        not have or that cannot be read.
+        """
+        names = [one.name for one in self.recipe.stages]
+        if stage is not None and stage not in names:
+            raise ConfigError(f"The run has no stage {stage!r}; it has {', '.join(names)}.{nearest(stage, names)}")
+        folder = self._stage(stage or names[-1])
+        if when not in (there := folder.evaluations):
+            has = ", ".join(there) or "none"
+            raise RunError(f"{folder.path} has no evaluation {when!r}; it has {has}.{nearest(when, there)}")
+        return folder.read_held_out(when)
 
     def _stage(self, name: str) -> StageDir:
         return RunDir(self.folder, False).stage(name)

@@ -255,7 +255,8 @@ class StageDir:
     def read_samples(self, *, followed: bool = False) -> list[dict[str, Any]]:
         """The responses of the steps in all sample files, each with its `step`, in order.
 
-        `followed`: those to the same held-out prompts at each of these steps, instead.
+        `followed`: those to the same held-out prompts at each of these steps, instead. Raises RunError if a file
+        cannot be read.
         """
         return [
             {"step": int(file.stem.removeprefix("step_")), **row}
@@ -264,8 +265,13 @@ class StageDir:
             if (row.get("pick") == "follow") == followed
         ]
 
+    @property
+    def evaluations(self) -> list[str]:
+        """Those whose responses are there, as `read_held_out` takes them, by name."""
+        return sorted(file.stem.removeprefix("held_out_") for file in self.path.glob("held_out_*.parquet"))
+
     def read_held_out(self, when: str) -> list[dict[str, Any]]:
-        """The responses of one evaluation; empty if there was none."""
+        """The responses of one evaluation; empty if there was none. Raises RunError if they cannot be read."""
         file = self.path / f"held_out_{when}.parquet"
         return read_table(file) if file.exists() else []
 

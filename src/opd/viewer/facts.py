@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from opd.evaluation.thresholds import fired
 from opd.viewer.read import RunView, StageView
 
 ALIVE = 120  # seconds after which a run that writes no progress counts as stopped
+SILENT = 45  # seconds after which a page says so; a run writes its progress every 30
 PHASES = ("sync", "generate", "score", "train", "diagnose")
 
 
@@ -27,12 +29,26 @@ class Warned:
 
 
 def state_of(stage: StageView, now: float | None = None) -> str:
-    """`finished`, `running` or `stopped`, from what the run wrote and when; `now` is a Unix time."""
+    """`finished`, `running` or `stopped`, from what the run wrote and when; `now` is a Unix time.
+
+    A process that ends in an error or by Ctrl-C gives the folder back; of one that was killed only the age tells.
+    """
     if stage.done is not None:
         return "finished"
+    return "running" if stage.held and _silence(stage, now) < ALIVE else "stopped"
+
+
+def silent(stage: StageView, now: float | None = None) -> str:
+    """`no sign of life for 50 s` of a running stage that is late; else empty."""
+    seconds = _silence(stage, now)
+    late = state_of(stage, now) == "running" and seconds >= SILENT
+    return f"no sign of life for {duration(seconds)}" if late else ""
+
+
+def _silence(stage: StageView, now: float | None) -> float:
+    """Seconds since the stage wrote its progress."""
     updated = (stage.progress or {}).get("updated")
-    alive = isinstance(updated, int | float) and (time.time() if now is None else now) - updated < ALIVE
-    return "running" if alive else "stopped"
+    return (time.time() if now is None else now) - updated if isinstance(updated, int | float) else math.inf
 
 
 def opened_first(stages: Sequence[StageView]) -> int:
@@ -49,13 +65,21 @@ def opened_first(stages: Sequence[StageView]) -> int:
 
 
 def head_of(run: RunView, stage: StageView) -> dict[str, Any]:
-    """Method, models, state, tokens and time of a stage."""
-    tokens = sum(row.get("train/tokens", 0) for row in stage.metrics)
+    """Method, models and state of a stage, and `facts`: tokens, time and memory as texts."""
+    tokens = int(sum(row.get("train/tokens", 0) for row in stage.metrics))
     seconds = sum(row.get("total", 0) for row in stage.timings)
     state, planned, made = state_of(stage), int(stage.spec.get("steps") or 0), stage.steps_done
-    said = {"finished": f"finished after {made} steps", "running": f"running, step {made} of {planned}"}
+    said = {
+        "finished": f"finished after {made} step{'s' * (made != 1)}",
+        "running": f"running, step {made} of {planned}",
+    }
     if stage.done is not None and made < planned:
         said["finished"] = f"finished at step {made} of {planned}"
+    late = silent(stage)
+    peak = max((row.get("peak_memory_gib") or 0 for row in stage.timings), default=0)
+    rate = f", {round(tokens / seconds):,} per second" if seconds else ""
+    facts = [f"{tokens:,} trained tokens{rate}"] if tokens else []
+    facts += [f"{duration(seconds)} of steps"] + ([f"{peak:.1f} GiB at most"] if peak else [])
     student = str((stage.keys or {}).get("trained") or stage.spec.get("train") or "student")
     teacher = stage.spec.get("teacher") or (stage.keys or {}).get("teacher")
     return {
@@ -63,13 +87,8 @@ def head_of(run: RunView, stage: StageView) -> dict[str, Any]:
         "student": student,
         "teacher": None if not teacher else "itself with another context" if teacher == student else str(teacher),
         "state": state,
-        "state_says": said.get(state, f"stopped at step {made} of {planned}"),
-        "made": made,
-        "planned": planned,
-        "tokens": int(tokens),
-        "rate": round(tokens / seconds) if seconds else None,
-        "time": duration(seconds),
-        "peak": max((row.get("peak_memory_gib") or 0 for row in stage.timings), default=0),
+        "state_says": said.get(state, f"stopped at step {made} of {planned}") + (late and f", {late}"),
+        "facts": facts,
     }
 
 
@@ -87,7 +106,7 @@ def warned(run: RunView, stage: StageView) -> list[Warned]:
     others = (failed_rewards, unmoved_reward, skipped_updates)
     found += [Warned("", line) for says in others for line in says(stage.metrics)]
     if stage.damaged:
-        found.append(Warned("metrics.jsonl", f"{stage.damaged} lines are damaged and left out"))
+        found.append(Warned("metrics.jsonl", f"damaged lines, which are left out: {stage.damaged}"))
     doctor = run.doctor if isinstance(run.doctor, dict) and run.doctor.get("stage") == stage.name else {}
     for one in doctor.get("findings") or []:
         if one.get("level") in ("stop", "change"):

@@ -18,7 +18,7 @@ from opd.messages import visible
 from opd.viewer import page
 from opd.viewer.content import block_of, live_content, run_shown
 from opd.viewer.curves import axes_of, compact, evaluated_of, series_of
-from opd.viewer.facts import opened_first, state_of
+from opd.viewer.facts import head_of, opened_first, silent, state_of
 from opd.viewer.images import copy_in
 from opd.viewer.read import RunView, StageView, read_again, read_run
 from opd.viewer.report import stages_of
@@ -131,13 +131,15 @@ class Live:
         progress, planned = stage.progress or {}, int(stage.spec.get("steps") or 0)
         state = state_of(stage)
         says = "finished" if state == "finished" else f"{state}, step {stage.steps_done} of {planned}"
-        if state == "running":
-            says += "".join(f", {part}" for part in (_phase(progress), _left(progress)) if part)
+        if state == "running":  # a process that does not say that it works has no time left to count down
+            late = silent(stage)
+            says += "".join(f", {part}" for part in (_phase(progress), late or _left(progress)) if part)
         return {
             "name": stage.name,
             "made": stage.steps_done,
             "state": state,
             "says": says,
+            "facts": head_of(self.run, stage)["facts"],
             "samples": stage.sample_steps[-1:],
             "count": len(stage.sample_steps),
             "whens": stage.whens,

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from opd.errors import RunError
+from opd.stage.claim import HOLDER
 
 SAMPLES = re.compile(r"step_(\d{6,})\.parquet")
 HELD_OUT = re.compile(r"held_out_(\w+)\.parquet")
@@ -155,8 +156,9 @@ class StageView:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     timings: list[dict[str, Any]] = field(default_factory=list)
     keys: dict[str, Any] | None = None  # keys.json
-    progress: dict[str, Any] | None = None  # progress.json
-    done: dict[str, Any] | None = None  # done.json
+    progress: dict[str, Any] | None = None  # progress.json, of a peer that of its stage
+    done: dict[str, Any] | None = None  # done.json, of a peer that of its stage
+    held: bool = False  # whether a process has the run's folder, or was killed while it had it
     _lines: dict[str, LineReader] = field(default_factory=dict)
 
     def refresh(self) -> bool:
@@ -171,7 +173,9 @@ class StageView:
                 again = again or name == "metrics"
             rows.extend(row for row in new if "step" in row)
         self.keys = self.keys or read_object(self.path / "keys.json")
-        self.progress, self.done = read_object(self.path / "progress.json"), read_object(self.path / "done.json")
+        whole = self.path.parents[1] if "/" in self.name else self.path  # of a peer, STAGE/peers/MODEL
+        self.progress, self.done = read_object(whole / "progress.json"), read_object(whole / "done.json")
+        self.held = (whole.parent / HOLDER).exists()
         return again
 
     @property

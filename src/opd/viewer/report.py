@@ -77,7 +77,7 @@ def stages_of(run: RunView, stage: str | None) -> list[StageView]:
     if not run.stages:
         raise ConfigError(
             f"{run.path} holds no step of any stage yet, so there is nothing to show. Start it with `opd train`, and "
-            "call this again after its first evaluation."
+            "call this again after its first step."
         )
     if stage is None:
         return list(run.stages.values())

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from opd.errors import ConfigError, nearest
 from opd.messages import visible
-from opd.viewer.facts import duration, head_of, warned
+from opd.viewer.facts import duration, head_of, silent, state_of, warned
 from opd.viewer.read import RunView, StageView
 from opd.viewer.results import settings
 from opd.viewer.rows import COLUMNS
@@ -79,7 +79,7 @@ def _head(run: RunView, stage: StageView, now: float) -> Text:
     if recent:
         text.append(f"  {sum(recent) / len(recent):.2g} s per step")
     left = (stage.progress or {}).get("eta_seconds")
-    if found["state"] == "running" and isinstance(left, int | float):
+    if found["state"] == "running" and isinstance(left, int | float) and not silent(stage, now):
         text.append(f"  {duration(max(0.0, left - (now - (stage.progress or {}).get('updated', now))))} left")
     return text
 
@@ -87,7 +87,7 @@ def _head(run: RunView, stage: StageView, now: float) -> Text:
 def _bar(stage: StageView, width: int) -> Text | None:
     """What the run does now, with a bar where it counts; None for a run that does nothing."""
     progress = stage.progress or {}
-    if stage.done is not None or not progress.get("phase"):
+    if state_of(stage) != "running" or not progress.get("phase"):
         return None
     done, of = progress.get("done"), progress.get("of")
     says = visible(str(progress["phase"]))

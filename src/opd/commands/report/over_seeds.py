@@ -60,9 +60,8 @@ def _interval(one: Interval | None, sign: str = "") -> str:
 
 
 def keys_table(keys: list[tuple[str, list[str]]], labels: list[str]) -> Table:
-    """The keys that differ, with the value of each run or group."""
-    title = "keys that differ" if keys else "no key differs"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    """The keys that differ, at least one, with the value of each run or group."""
+    table = Table(title="keys that differ", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("key")
     for label in labels:
         table.add_column(Text(label))

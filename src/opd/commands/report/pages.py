@@ -89,7 +89,10 @@ def compare_runs(
             Text(f"{side.label}  {side.name}  {side.run.path}, {side.stage.name}, {side.said}"),
             soft_wrap=True,
         )
-    console.print(_rewards(found), keys_table(found.keys, [side.label for side in found.sides]))
+    if found.rows:
+        console.print(_rewards(found))
+    nothing = Text("No key of the recipes or environments differs.")
+    console.print(keys_table(found.keys, [side.label for side in found.sides]) if found.keys else nothing)
     for line in found.reasons:
         console.print(Text(visible(line)), soft_wrap=True)
 

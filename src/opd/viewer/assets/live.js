@@ -34,19 +34,32 @@ const live = {
   async poll() {
     clearTimeout(this.timer);
     try {
-      const answer = await fetch("/state", { headers: this.tag ? { "If-None-Match": this.tag } : {} });
+      const answer = await fetch("/state", { headers: this.tag ? { "If-None-Match": this.tag } : {} })
+        .catch(() => { throw new Error("`opd view` does not answer any more: start it again."); });
+      if (answer.status >= 500) throw new Error(await answer.text());
       if (answer.status === 200) {
         this.tag = answer.headers.get("ETag");
         await this.take(await answer.json());
       }
       html.dataset.live = "on";
+      $("#lost").hidden = true;
       if (answer.status === 401) return this.chip("Another `opd view` has this address. Open the one that it printed.", null);
-    } catch {
-      html.dataset.live = "lost";
+    } catch (error) {
+      this.lost(error.message);
     }
     const all = this.known?.stages ?? [];
     if (all.length && all.every(one => one.state === "finished")) return;
     this.timer = setTimeout(() => this.poll(), document.hidden ? EVERY.hidden : EVERY.seen);
+  },
+
+  // What the page shows is of the last answer; the line is gone with the next one.
+  lost(why) {
+    if (html.dataset.live === "lost") return;
+    html.dataset.live = "lost";
+    const text = `This page shows the run as it was at ${new Date().toLocaleTimeString("en-GB")}. ${why}`;
+    $("#lost").hidden = false;
+    fill($("#lost"), visible(text));
+    say(text);
   },
 
   async take(state) {
@@ -65,6 +78,7 @@ const live = {
     if (says) {
       says.textContent = now.says;
       says.className = `state-${now.state}`;
+      fill(stage.part("facts"), ...now.facts.map(fact => make("span", {}, fact)));
     }
     const last = data.steps.at(-1)?.step ?? -1, newest = now.samples[0] ?? -1;
     const evaluated = before ? now.whens.filter(when => !before.whens.includes(when)) : [];

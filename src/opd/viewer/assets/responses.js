@@ -262,6 +262,7 @@ class Responses {
     if (this.tabs.includes("steps") && steps[at]) this.set({ tab: "steps", step: steps[at].step, response: "" });
   }
   nextColour() {
+    if (!this.colours) return; // a page without responses
     const at = this.colours.indexOf(this.state.colour);
     return this.set({ colour: this.colours[(at + 1) % this.colours.length] });
   }
