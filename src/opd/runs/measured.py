@@ -13,7 +13,7 @@ from opd.models.render import render_checked
 from opd.models.vocabularies import check_same_tokens
 from opd.recipe.schema import ModelSpec
 from opd.runs.lengths import LengthCheck, refuse_if_too_long
-from opd.runs.tokenizers import absent_tokens, check_differ, template_lines, unused_template
+from opd.runs.tokenizers import absent_tokens, check_differ, template_lines, unknown_in_prompts, unused_template
 from opd.types import Prompt
 
 
@@ -81,11 +81,14 @@ def check_measured(model: Reads, teachers: Sequence[Reads], exams: Mapping[str, 
 
     Raises DataError, ConfigError, or AlignmentError for tokenizers that cannot be compared.
     """
-    for where, held_out in exams.items():
-        own = list(map(len, model.rendered(held_out.prompts, held_out.max_prompt_length)))
-        check_room(model, held_out, own, list(held_out.sampling), where, writes=True)
     prompts = [prompt for held_out in exams.values() for prompt in held_out.prompts]
+    read: list[list[int]] = []
+    for where, held_out in exams.items():
+        own = model.rendered(held_out.prompts, held_out.max_prompt_length)
+        check_room(model, held_out, list(map(len, own)), list(held_out.sampling), where, writes=True)
+        read += own
     lines = [*model.lines(prompts), *unused_template(model.name, model.tokenizer, prompts, chat=chat)]
+    lines += unknown_in_prompts(model.name, model.tokenizer, prompts, read, model.options)
     for teacher in teachers:
         check_same_tokens(model.tokenizer, teacher.tokenizer, (model.name, teacher.name))
         for where, held_out in exams.items():

@@ -17,6 +17,7 @@ from opd.method import Method
 from opd.models.language_model import LanguageModel
 from opd.models.preview import known_endings, tokenizer_of
 from opd.models.render import chat_text, render_checked, template_for
+from opd.models.unknown import unknown_id
 from opd.pieces import sources
 from opd.pieces.needs import Input, Trait, needs_of
 from opd.recipe.schema import Recipe, SamplingSection, StageSpec, TaskSection, origin_of
@@ -112,10 +113,8 @@ def check_method(spec: StageSpec, method: Method, where: str, *, evaluates: bool
 
 def unknown_error(rules: Rules, tokenizer: Any) -> list[str]:
     """A line if the tokenizer, such as one of a few characters, does not know the text of a failed call."""
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    unknown, text = getattr(model, "unk_token", None), rules.limits.error.replace("{why}", "no tool")
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    if unknown is None or tokenizer.convert_tokens_to_ids(unknown) not in ids:
+    ids = tokenizer(rules.limits.error.replace("{why}", "no tool"), add_special_tokens=False).input_ids
+    if unknown_id(tokenizer) not in ids:
         return []
     return [
         f"of a failed call the model reads {tokenizer.decode(ids)!r:.80}: set `environment.error` to a text it knows"

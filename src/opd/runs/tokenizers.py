@@ -14,6 +14,7 @@ from opd.models.endings import Endings
 from opd.models.language_model import check_ids
 from opd.models.preview import known_endings, known_rows, tokenizer_of
 from opd.models.processors import refuse_images
+from opd.models.unknown import unknown_id, unknown_lines
 from opd.pieces.needs import needs_of
 from opd.recipe.schema import Recipe, StageSpec, origin_name, origin_of
 from opd.runs.examples import Reader, example_lines
@@ -70,6 +71,7 @@ def check_tokenizers(
         check_differ(spec.train, prompts, ids)
         lengths = list(map(len, ids))
         lines.append(f"longest prompt: {max(lengths)} tokens")
+        lines += unknown_in_prompts(spec.train, tokenizers[spec.train], prompts, ids, options)
         lines += unused_template(spec.train, tokenizers[spec.train], prompts)
         lines += template_lines(spec.train, tokenizers[spec.train], prompts, options)
         if is_chat(prompts):
@@ -80,7 +82,8 @@ def check_tokenizers(
         check_vocabulary(spec, method, tokenizers[spec.train])
     lines += check_teachers_prompts(recipe, spec, prompts, tokenizers, rows)
     lines += compared(recipe, spec, prepared, tokenizers)
-    responses = check_responses(recipe, spec, prepared, tokenizers, rows)
+    responses, unknown = check_responses(recipe, spec, prepared, tokenizers, rows)
+    lines += unknown
     if lengths:
         check_lengths(recipe, spec, prepared, lengths, responses, tokenizers, given)
     readers = readers_of(recipe, tokenizers, given)
@@ -139,8 +142,12 @@ def check_teachers_prompts(
         mine = [prompt for prompt in prompts if name in (*teachers_in(taught_by[prompt.task]), spec.base)]
         lacks = bool(absent_tokens(name, tokenizer, rows[name]))
         lines += taught_lines(name, tokenizer, [one for one in mine if not isinstance(one.content, str)], options)
-        read = [render(one, tokenizer, options) for one in mine] if lacks else []
-        check_ids(name, tokenizer, read, rows[name], "prompt")
+        student = tokenizers.get(spec.train)
+        other = student is not None and student.get_vocab() != tokenizer.get_vocab()  # else the student's line says it
+        if lacks or (other and unknown_id(tokenizer) is not None):
+            read = [render(one, tokenizer, options) for one in mine]
+            check_ids(name, tokenizer, read, rows[name], "prompt")
+            lines += unknown_in_prompts(name, tokenizer, mine, read, options) if other else []
     return lines
 
 
@@ -167,8 +174,8 @@ def compared(recipe: Recipe, spec: StageSpec, prepared: Prepared, tokenizers: Ma
 
 def check_responses(
     recipe: Recipe, spec: StageSpec, prepared: Prepared, tokenizers: Mapping[str, Any], rows: Mapping[str, float]
-) -> list[int]:
-    """The lengths of the data's responses to the training prompts, in tokens; empty if no writer reads them.
+) -> tuple[list[int], list[str]]:
+    """The lengths of the data's responses to the training prompts, in tokens; empty if no writer reads them. And notes.
 
     Raises DataError for a response that the student cannot read as `models.references.reference_of` says, or with
     tokens that the student or a teacher lacks.
@@ -179,7 +186,7 @@ def check_responses(
 
     method, student = prepared.method, tokenizers.get(spec.train)
     if student is None or "response" not in needs_of(method.source).columns:
-        return []
+        return [], []
     students = method.teacher.tokenizer == "students"
     others = [name for name in spec.scoring if name in tokenizers and (students or name == spec.base)]
     sizes = [check_same_tokens(student, tokenizers[name]).size for name in others]
@@ -190,7 +197,12 @@ def check_responses(
     responses = [reference_of(prompt, student, endings, options).ids for prompt in prompts]
     if absent_tokens(spec.train, student, size):
         check_ids(spec.train, student, responses, size, "response")
-    return list(map(len, responses))
+
+    def text(row: int) -> str:
+        said = prompts[row].turns or ({"content": prompts[row].response or ""},)
+        return "".join(str(message["content"]) for message in said)
+
+    return list(map(len, responses)), unknown_lines(spec.train, student, responses, text, "responses of the data")
 
 
 def check_vocabulary(spec: StageSpec, method: Method, tokenizer: Any) -> None:
@@ -219,6 +231,19 @@ def unused_template(
         f"{name} has a chat template, which nothing uses: the prompts are text, and are read as they are. For answers "
         f"as in a chat, {chat}"
     ]
+
+
+def unknown_in_prompts(
+    name: str, tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], options: Mapping[str, Any]
+) -> list[str]:
+    """A line if prompts, which were rendered to `ids`, hold text that the tokenizer does not know."""
+    from opd.models.render import chat_text
+
+    def text(row: int) -> str:
+        content = prompts[row].content
+        return content if isinstance(content, str) else chat_text(prompts[row], tokenizer, options)
+
+    return unknown_lines(name, tokenizer, ids, text, "prompts")
 
 
 def taught_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[str]:
