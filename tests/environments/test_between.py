@@ -12,6 +12,8 @@ from support.models import byte_tokenizer
 from opd.environments.between import Transcript
 from opd.environments.formats import parsed
 from opd.environments.protocol import Call
+from opd.messages import ids_after
+from opd.models.render import chat_text
 from opd.types import Prompt
 
 CALLED = [
@@ -161,3 +163,25 @@ def test_two_answers_are_in_the_order_of_the_calls():
     assert list(itertools.chain.from_iterable(m.get("tool_call_id", "") for m in one.messages[-1:])) == list(
         "000000001"
     )
+
+
+def test_turn_without_calls_renders_twice_and_encodes_once(monkeypatch: pytest.MonkeyPatch):
+    """Most of what an environment costs: the conversation with the turn, and with the mark in its place."""
+    rendered: list[str] = []
+    encoded: list[str] = []
+
+    def chat_text_counted(*given: Any, **options: Any) -> str:
+        rendered.append(chat_text(*given, **options))
+        return rendered[-1]
+
+    def ids_after_counted(text: str, tokenizer: Any) -> list[int]:
+        encoded.append(text)
+        return ids_after(text, tokenizer)
+
+    monkeypatch.setattr("opd.environments.between.chat_text", chat_text_counted)
+    monkeypatch.setattr("opd.environments.between.ids_after", ids_after_counted)
+    one = transcript(CHATML)
+    found = [after(one, words, "<|im_end|>", "hermes", "lower", "user") for words in ("four", "three")]
+    assert len(rendered) == 4
+    assert found[0].ids == found[1].ids
+    assert encoded == ["\n<|im_start|>user\nlower<|im_end|>\n<|im_start|>assistant\n"]

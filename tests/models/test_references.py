@@ -220,3 +220,27 @@ def test_writer_trains_the_assistants_tokens_alone():
     assert one.talk is None
     assert bool(one.trained.all())
     assert torch.equal(one.turn, torch.zeros(2, dtype=torch.long))
+
+
+def test_writer_renders_a_response_once(monkeypatch):
+    lm = tiny(tokenizer=byte_tokenizer(), seed=1)
+    rendered: list[int] = []
+
+    def counted(prompt: Prompt, *rest: Any) -> Reference:
+        rendered.append(prompt.id)
+        return reference_of(prompt, *rest)
+
+    monkeypatch.setattr("opd.samplers.writers.reference_of", counted)
+    prompts = [Prompt(id=i, content="?", response=text) for i, text in enumerate("ab")]
+    writer = ReferenceWriter(student=lm)
+    first, again = writer(prompts, seed=(0, 0)), writer(prompts, seed=(0, 1))
+    assert rendered == [0, 1]
+    assert [one.response_ids.tolist() for one in first] == [one.response_ids.tolist() for one in again]
+    (other,) = writer([replace(prompts[0], response="cc")], seed=(0, 2))  # another response under the same id
+    assert other.text == "cc"
+    monkeypatch.setattr("opd.samplers.writers.KEPT_TOKENS", 2)  # a response and its end token
+    small = ReferenceWriter(student=lm)
+    rendered.clear()
+    for step in range(3):
+        small(prompts, seed=(0, step))
+    assert rendered == [0, 1, 1, 1]

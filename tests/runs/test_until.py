@@ -1,4 +1,4 @@
-"""`evaluate.until`: a stage ends with the evaluation in which its held-out reward is reached."""
+"""`evaluate.until`: a stage ends with the evaluation in which its held-out reward, or another metric, is reached."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from support.runs import EVALUATE, Forks, Strike, assert_same, command, one_stage, prepare, sums, write_rows
 
 import opd
+from opd.evaluation.goals import not_measured
 from opd.stage.exams import Exams
 
 LENGTH = "tests_lengths:length"  # of a response: three tokens unless it ends
@@ -70,11 +71,71 @@ def test_stage_goes_on_until_all_settings_reach_it(tmp_path, monkeypatch, until)
     ],
 )
 def test_every_goal_has_to_be_reached(goals, measured, reached):
-    exam = SimpleNamespace(task="t", until=goals)
+    exam = SimpleNamespace(prefix="eval/t/", until={name: {"reward": goal} for name, goal in goals.items()})
     exams: Any = SimpleNamespace(exams=[exam])
     exams.goals = Exams.goals.fget(exams)  # type: ignore[attr-defined]
     assert list(exams.goals) == [f"eval/t/{name}/reward" for name in goals]
     assert Exams.reached(exams, {f"eval/t/{name}/reward": value for name, value in measured.items()}) == reached
+
+
+GAME = """
+from opd.environments.protocol import Environment, Observation
+
+
+class Game(Environment):
+    rewards = True
+
+    def act(self, state, turn):
+        return Observation(done=True, reward=0.0, counts={"won": 1.0})
+
+
+def game():
+    return Game()
+"""
+
+
+def talked(folder: Path, monkeypatch: pytest.MonkeyPatch, *rest: str, **evaluate: Any) -> tuple[int, str]:
+    """The exit status and output of a run whose conversations end, with the reward 0, when the student ends a turn."""
+    made = recipe(reward=None, **evaluate)
+    made["stages"][0] |= {"environment": {"name": "tests_game:game", "max_turns": 1}}
+    monkeypatch.chdir(prepared(folder, made))
+    monkeypatch.syspath_prepend(folder)
+    (folder / "tests_game.py").write_text(GAME)
+    ended = command("train", "recipe.yaml", *rest)
+    return ended.code, ended.out + ended.err
+
+
+def test_goal_may_be_another_metric_than_the_reward(tmp_path, monkeypatch):
+    code, said = talked(tmp_path, monkeypatch, until={"drawn": {"environment/won": 0.01}})
+    assert code == 0, said
+    assert "distil: ends after step 3 of 8, at its goal: eval/drawn/environment/won" in said
+    # The reward of these conversations is 0.
+    assert "eval/drawn/reward 0 of 0.01" in talked(tmp_path, monkeypatch, "output_dir=b", until={"drawn": 0.01})[1]
+
+
+def test_first_evaluation_refuses_a_goal_that_it_has_not(tmp_path, monkeypatch):
+    until = {"drawn": {"environment/on": 0.01}}
+    code, said = talked(tmp_path, monkeypatch, until=until, before=False)
+    assert code == 2
+    assert "evaluate.until.drawn names 'environment/on', and the evaluation has no such number." in said
+    assert "environment/won" in said
+    rows = [json.loads(line) for line in (tmp_path / "run/distil/metrics.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in rows) == 3
+    code, said = talked(tmp_path / "b", monkeypatch, until={"drawn": {"pass@2": 0.0}}, pass_at=[2])
+    assert code == 0, said  # rewards of 0: a pass@2 of 0
+
+
+@pytest.mark.parametrize(
+    ("metrics", "missing"),
+    [
+        ({"reward": 0.5, "environment/done": 0.5}, "environment/won"),
+        ({"reward": 0.5, "environment/done": 0.5, "environment/won": 0.0}, "pass@2"),
+        ({"reward": 0.5, "environment/done": 0.0, "pass@2": 0.5}, None),  # no conversation came to the environment
+        ({"environment/heard_tokens": 2.0, "environment/won": 0.0}, None),  # no response has a reward
+    ],
+)
+def test_missing_numbers_that_may_still_come_are_no_error(metrics, missing):
+    assert not_measured({"environment/won": 0.5, "pass@2": 0.5}, metrics) == missing
 
 
 def test_model_is_that_of_the_step(tmp_path, monkeypatch):
@@ -143,8 +204,14 @@ def test_two_processes_end_at_the_same_step(tmp_path, forks: Forks):
         ({"until": {"gredy": 1.0}}, "names 'gredy', and evaluate.sampling has no such setting. Did you mean 'greedy'?"),
         (
             {"until": {"greedy": 1.0}, "reward": None},
-            "evaluate.until is a mean reward, and the held-out responses have none",
+            "evaluate.until has a goal of 'reward', and the held-out responses have no reward",
         ),
+        ({"until": {"greedy": {"pass@2": 1.0}}}, "names 'pass@2', and this setting samples 1 responses per prompt"),
+        ({"until": {"drawn": {"pass@2": 1.0}}}, "evaluate.pass_at [1]. Add its k to evaluate.pass_at"),
+        ({"until": {"greedy": {"rewad": 1.0}}}, "which an evaluation does not have. Did you mean 'reward'?"),
+        ({"until": {"greedy": {"environment/won": 1.0}}}, "the responses are no conversations with an environment"),
+        ({"until": {"greedy": {"cut_share": 0.1}}}, "of which less is better"),
+        ({"until": {"greedy": {}}}, "until"),
         ({"until": {"greedy": "high"}}, "until"),
     ],
 )

@@ -123,6 +123,19 @@ def test_divergences_and_pass_at_have_tables(tmp_path):
     assert lines(found, "", "reverse_kl")["A"].mean.mean == pytest.approx(0.4)
 
 
+def test_counts_of_the_environment_have_tables(tmp_path):
+    made = runs(tmp_path, "a", {0: 0.5, 1: 0.6})
+    for key, values in (
+        ("turns", {"a0": 3.0, "a1": 4.0}),
+        ("won", {"a0": 0.2, "a1": 0.4}),
+        ("done", {"a0": 1, "a1": 1}),
+    ):
+        measured(tmp_path, values, key=f"environment/{key}")
+    found = compared(made)
+    assert [table.key for table in found.tables if table.setting == "greedy"] == ["reward", "environment/won"]
+    assert lines(found, key="environment/won")["A"].values == {0: 0.2, 1: 0.4}
+
+
 def test_one_seed_has_no_interval(tmp_path):
     made = [*runs(tmp_path, "a", {0: 0.5}), *runs(tmp_path, "b", {0: 0.75}, extra=OTHER)]
     found = compared(made)

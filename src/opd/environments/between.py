@@ -40,6 +40,9 @@ class Transcript:
     tokenizer: Any
     template_options: Mapping[str, Any]
     stop_ids: frozenset[int]
+    encoded: dict[str, tuple[int, ...]] = field(
+        default_factory=dict[str, "tuple[int, ...]"]
+    )  # of one tokenizer: shared
     messages: list[Message] = field(init=False)
     shown: str = field(default="", init=False)  # what the template wrote up to the last generation prompt
     calls: int = field(default=0, init=False)  # so far, for their ids
@@ -66,7 +69,7 @@ class Transcript:
         `ids` are the turn's, `words` its text without its end token, `content` the text without the calls in it.
         """
         if self.is_text:
-            return Between(ids=tuple(ids_after("".join(observations), self.tokenizer)))
+            return Between(ids=self._ids("".join(observations)))
         ended = bool(ids) and ids[-1] in self.stop_ids
         given = self.prompt.prefill if len(self.messages) == len(self.prompt.content) else ""
         why = ""
@@ -85,8 +88,14 @@ class Transcript:
             self.messages += [form, *said]
             self.shown = shown
             self.calls += len(calls)
-            return Between(ids=tuple(ids_after(text, self.tokenizer)), rewritten=rewritten)
+            return Between(ids=self._ids(text), rewritten=rewritten)
         return Between(refused=why)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        """The ids of what stands between two turns. An environment says the same to many conversations."""
+        if text not in self.encoded:
+            self.encoded[text] = tuple(ids_after(text, self.tokenizer))
+        return self.encoded[text]
 
     def _forms(self, words: str, content: str, calls: Sequence[Call], ended: bool) -> list[dict[str, Any]]:
         """The turn as a message, the better form first: with its calls as data, or all of it as text."""
@@ -124,7 +133,8 @@ class Transcript:
             raise _NoPlaceError("the template does not write the assistant's words")
         if not end:
             return behind
-        alone = self._text([*self.messages, marked], goes_on=False).partition(mark)[2]
+        # Rendering is what a turn costs: only a turn with calls can have more than white space before its end token.
+        alone = self._text([*self.messages, marked], goes_on=False).partition(mark)[2] if calls else ""
         # First the student's own end token. Where a chat goes on, a template may write another one: one is enough.
         for token in (end, *(self.tokenizer.decode([i]) for i in sorted(self.stop_ids))):
             place = behind.find(token)

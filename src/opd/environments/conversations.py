@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from opd.environments.acting import Limits, begun, cleaner_of, ended
 from opd.environments.between import Transcript
 from opd.environments.formats import Parsed, format_of, parsed
-from opd.environments.protocol import Begun, Environment, Observation, TakesTurns, Turn
+from opd.environments.protocol import COUNTS, Begun, Environment, Observation, TakesTurns, Turn
 from opd.environments.workers import Workers
 from opd.errors import ConfigError
 from opd.messages import text_after
@@ -32,11 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FAILED = ("tool_errors", "errors", "timeouts")  # counts of an observation: the student reads why in it
-# The counts that every conversation has: how it went, and how it ended if not by the environment.
-COUNTS = (
-    *("turns", "tool_calls", "tool_errors", "errors", "timeouts", "cut", "cleaned", "printed"),
-    *("turn_limit", "token_limit", "stopped", "refused", "rewritten", "hung"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,14 +164,18 @@ class ConversationSampler(Sampler):
 
     def _begin(self, rows: list[_Row], prompts: Sequence[Prompt], seed: tuple[int, int]) -> None:
         """Add the conversations to `rows`, each as soon as its state is there to be ended."""
-        tokenizer, options = self.lm.tokenizer, self.lm.template_options
+        tokenizer, options, encoded = self.lm.tokenizer, self.lm.template_options, dict[str, tuple[int, ...]]()
         for prompt in prompts:
             for sample in range(self.sampling.n):
                 one: Begun = begun(self.rules.environment, prompt, (*seed, prompt.id, sample))
                 read = prompt.content if one.content is None else one.content
                 first = replace(prompt, content=read, tools=tuple(one.tools))
                 transcript = Transcript(
-                    prompt=first, tokenizer=tokenizer, template_options=options, stop_ids=self.lm.stop_ids
+                    prompt=first,
+                    tokenizer=tokenizer,
+                    template_options=options,
+                    stop_ids=self.lm.stop_ids,
+                    encoded=encoded,
                 )
                 rows.append(_Row(prompt=first, sample=sample, state=one.state, transcript=transcript))
         ids = render_checked(

@@ -15,6 +15,12 @@ from typing import Any, Protocol, TypeAlias
 from opd.types import NOTHING_MORE, EarlyStop, Message, Prompt, Record, Rollout, Sampler
 
 Seed: TypeAlias = tuple[int, int, int, int]  # (seed of the run, step, prompt id, sample)
+# The counts that every conversation has: how it went, and how it ended if not by the environment.
+COUNTS = (
+    *("turns", "tool_calls", "tool_errors", "errors", "timeouts", "cut", "cleaned", "printed"),
+    *("turn_limit", "token_limit", "stopped", "refused", "rewritten", "hung"),
+)
+SUMS = (*COUNTS, "own_tokens", "heard_tokens", "done")  # all metrics environment/... but an environment's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from opd.environments.protocol import SUMS
 
 # What an evaluation measures in each sampling setting beside the reward: key, label, whether it is a share.
 ROWS = (
@@ -25,6 +27,13 @@ def of_task(metrics: Sequence[Mapping[str, Any]], task: str | None) -> list[dict
         own = {f"eval/{key.removeprefix(prefix)}": value for key, value in row.items() if key.startswith(prefix)}
         rows += [{"step": row["step"], **own}] if own else []
     return rows
+
+
+def environments_own(setting: str, names: Iterable[str]) -> list[str]:
+    """The counts of an environment's own among numbers named SETTING/..., once each: `environment/won`."""
+    start = f"{setting}/environment/"
+    counts = dict.fromkeys(name.removeprefix(start) for name in names if name.startswith(start))
+    return [f"environment/{name}" for name in counts if name not in SUMS]
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -372,8 +372,9 @@ class EvaluateSection(Section):
     teacher: bool = False  # also measure the teacher's own responses, once
     kl: bool = False  # exact reverse and forward KL on the student's own responses
     pass_at: list[Int] = [1]  # k of pass@k; each needs as many responses per prompt
-    # By setting, a mean reward. The stage ends with the first evaluation after a step in which all are reached.
-    until: dict[SettingName, Float] = {}
+    # By setting, a mean reward, or numbers by metric, {sampled: {environment/won: 0.5}}. The stage ends with the first
+    # evaluation after a step in which all are at least as large.
+    until: dict[SettingName, Float | Annotated[dict[str, Float], Field(min_length=1)]] = {}
 
 
 class DiagnosticsSection(Section):

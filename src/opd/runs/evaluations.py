@@ -9,6 +9,7 @@ from opd.environments.conversations import in_conversations
 from opd.errors import ConfigError
 from opd.evaluation.compare import check_comparable
 from opd.evaluation.evaluate import HeldOut
+from opd.evaluation.goals import goals_of
 from opd.method import Method
 from opd.models.language_model import LanguageModel
 from opd.models.root import Root
@@ -53,7 +54,7 @@ def exams_of(
                 task=name,
                 held_out=held_out,
                 every=part.evaluate.every,
-                until=part.evaluate.until,
+                until=goals_of(part.evaluate),
                 measure_before=part.evaluate.before,
                 context=prepared.method.context,
                 reader=None if scorer is None else scorer.lm,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from opd.data.order import PromptOrder
 from opd.errors import ConfigError, nearest
+from opd.evaluation.goals import goals_of, no_goal
 from opd.method import Method
 from opd.methods.coherence import Facts, check_coherence
 from opd.pieces.needs import Input, Reads, Trait, needs_of
@@ -209,16 +210,7 @@ def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: 
     Raises ConfigError.
     """
     check_pass_at(spec.where(task), evaluate)
-    if evaluate.until and not evaluate.every:
-        raise ConfigError(
-            f"{spec.where(task)}: evaluate.until ends the stage at an evaluation that reaches it, and evaluate.every "
-            "is 0: there is none between the first step and the last. Set evaluate.every to a number of steps."
-        )
-    if unknown := [name for name in evaluate.until if name not in evaluate.sampling]:
-        raise ConfigError(
-            f"{spec.where(task)}: evaluate.until names {unknown[0]!r}, and evaluate.sampling has no such setting."
-            f"{nearest(unknown[0], evaluate.sampling)} It has {', '.join(evaluate.sampling)}."
-        )
+    check_goals(spec.where(task), evaluate, environment=spec.by_task[task].environment is not None)
     enabled = [f"evaluate.{name}" for name in ("teacher", "kl") if getattr(evaluate, name)]
     if enabled and method.teacher.kind == "none" and spec.by_task[task].teacher in (None, spec.train):
         owner = "stage" if task is None else "task"
@@ -234,6 +226,24 @@ def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: 
         )
     if evaluate.kl:
         check_comparison(method, spec.where(task), "evaluate.kl", "Set it to false")
+
+
+def check_goals(where: str, evaluate: EvaluateSection, *, environment: bool) -> None:
+    """Refuse goals that no evaluation reaches or measures. Raises ConfigError."""
+    if evaluate.until and not evaluate.every:
+        raise ConfigError(
+            f"{where}: evaluate.until ends the stage at an evaluation that reaches it, and evaluate.every "
+            "is 0: there is none between the first step and the last. Set evaluate.every to a number of steps."
+        )
+    for setting, goals in goals_of(evaluate).items():
+        if setting not in evaluate.sampling:
+            raise ConfigError(
+                f"{where}: evaluate.until names {setting!r}, and evaluate.sampling has no such setting."
+                f"{nearest(setting, evaluate.sampling)} It has {', '.join(evaluate.sampling)}."
+            )
+        for metric in goals:
+            if (why := no_goal(metric, setting, evaluate, environment=environment)) is not None:
+                raise ConfigError(f"{where}: evaluate.until.{setting} names {metric!r}, {why}")
 
 
 def check_pass_at(where: str, evaluate: EvaluateSection) -> None:

@@ -14,6 +14,7 @@ from opd.environments.registry import rules_of
 from opd.environments.reward import with_environment
 from opd.errors import ConfigError, DataError
 from opd.evaluation.evaluate import HeldOut
+from opd.evaluation.goals import goals_of, of_reward
 from opd.messages import is_chat
 from opd.method import Method
 from opd.models.language_model import LanguageModel
@@ -218,10 +219,11 @@ def held_out_of(
         )
     fits = reward is not None and not unfit_to_measure(reward)
     measured_by = own if own is not None else reward if fits else None
-    if evaluate.until and measured_by is None:
+    asked = (metric for goals in goals_of(evaluate).values() for metric in goals if of_reward(metric))
+    if measured_by is None and (metric := next(asked, None)):
         raise ConfigError(
-            f"Stage {spec.name!r}: evaluate.until is a mean reward, and the held-out responses have none. Set "
-            "evaluate.reward to one that scores each response alone, or remove evaluate.until."
+            f"Stage {spec.name!r}: evaluate.until has a goal of {metric!r}, and the held-out responses have no reward. "
+            "Set evaluate.reward to one that scores each response alone, or remove the goal."
         )
     if evaluate.kl and measured_by is None and Input.REWARD in context:
         raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,12 +50,21 @@ class TeacherWriter(Writer):
             return (sampler if self.led is None else self.led(sampler))(contexts, seed=seed)
 
 
+KEPT_TOKENS = 1_000_000  # of responses of the data in memory, at most about 60 bytes each
+
+
 @dataclass(slots=True, kw_only=True)
 class ReferenceWriter(Writer):
-    """The data's responses, ended as the student's end; of several turns the assistant's are trained."""
+    """The data's responses, ended as the student's end; of several turns the assistant's are trained.
+
+    A response is rendered once, not in every epoch: in a stage of short conversations that is most of the time. The
+    first `KEPT_TOKENS` tokens are kept.
+    """
 
     student: LanguageModel
     max_prompt_length: int | None = None
+    kept: dict[int, tuple[Prompt, Reference]] = field(default_factory=dict[int, "tuple[Prompt, Reference]"], init=False)
+    kept_tokens: int = field(default=0, init=False)
 
     def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> list[Rollout]:
         read = render_checked(
@@ -64,15 +73,26 @@ class ReferenceWriter(Writer):
             max_prompt_length=self.max_prompt_length,
             template_options=self.student.template_options,
         )
-        tokenizer, endings, options = self.student.tokenizer, self.student.endings, self.student.template_options
-        responses = [reference_of(prompt, tokenizer, endings, options) for prompt in prompts]
+        responses = [self._reference(prompt) for prompt in prompts]
         self.student.check_ids(read, [response.ids for response in responses])
         longest = max((len(ids) + len(one.ids) - 1 for ids, one in zip(read, responses, strict=True)), default=0)
         self.student.check_length(longest, "Leave the longest responses of the data out, or use a model with more.")
         return [
-            _of_reference(_rollout(prompt, ids, response.ids, finished=True), response, tokenizer)
+            _of_reference(_rollout(prompt, ids, response.ids, finished=True), response, self.student.tokenizer)
             for prompt, ids, response in zip(prompts, read, responses, strict=True)
         ]
+
+    def _reference(self, prompt: Prompt) -> Reference:
+        """The data's response, as `reference_of`."""
+        of, found = self.kept.get(prompt.id, (None, None))
+        if found is not None and of is prompt:
+            return found
+        student = self.student
+        found = reference_of(prompt, student.tokenizer, student.endings, student.template_options)
+        if self.kept_tokens < KEPT_TOKENS:
+            self.kept_tokens += len(found.ids)
+            self.kept[prompt.id] = prompt, found
+        return found
 
 
 def for_student(

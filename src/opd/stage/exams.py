@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from opd.errors import DataError, TeacherError
+from opd.errors import ConfigError, DataError, TeacherError, nearest
 from opd.evaluation.divergence import exact_divergence
 from opd.evaluation.evaluate import HeldOut, Sampled, kl_setting, measure, student_samplers
+from opd.evaluation.goals import not_measured, remedy_of
 from opd.evaluation.recovery import as_metrics, recovered
 from opd.models.language_model import LanguageModel
 from opd.parallel import World
@@ -39,7 +40,7 @@ class Exam:
 
     held_out: HeldOut
     every: int
-    until: Mapping[str, float]  # by setting, the mean reward with which the stage may end
+    until: Mapping[str, Mapping[str, float]]  # by setting and metric, the numbers with which the stage may end
     measure_before: bool
     context: Context
     reader: LanguageModel | None = None  # the teacher's model, if it is in this process
@@ -48,6 +49,23 @@ class Exam:
     kl_teacher: Teacher | None = None
     scorer: Teacher | None = None  # of the files' columns, if the held-out prompts have what it reads
     reads_alone: bool = False  # `scorer` reads a prompt without rewards or other responses
+
+    @property
+    def prefix(self) -> str:
+        """That of its metrics' names."""
+        return "eval/" if self.task is None else f"eval/{self.task}/"
+
+    def check_goals(self, metrics: Mapping[str, float]) -> None:
+        """Refuse a goal that the evaluation does not have. Raises ConfigError."""
+        for setting, goals in self.until.items():
+            start = f"eval/{setting}/"
+            found = {key.removeprefix(start): value for key, value in metrics.items() if key.startswith(start)}
+            if (name := not_measured(goals, found)) is not None:
+                raise ConfigError(
+                    f"{'' if self.task is None else f'Task {self.task!r}: '}evaluate.until.{setting} names {name!r}, "
+                    f"and the evaluation has no such number.{nearest(name, found)} It has {', '.join(found)}. "
+                    f"{remedy_of(name)}"
+                )
 
     def extracted(self, rollout: Rollout) -> str | None:
         """The part of a response that the reward compares, if it says."""
@@ -110,9 +128,10 @@ class Exams:
     def goals(self) -> dict[str, float]:
         """`evaluate.until` of all tasks: what the metrics of these names have to reach."""
         return {
-            f"eval/{'' if exam.task is None else f'{exam.task}/'}{setting}/reward": reward
+            f"{exam.prefix}{setting}/{metric}": goal
             for exam in self.exams
-            for setting, reward in exam.until.items()
+            for setting, goals in exam.until.items()
+            for metric, goal in goals.items()
         }
 
     def reached(self, measured: Mapping[str, float]) -> bool:
@@ -144,8 +163,7 @@ class Exams:
         def add(some: Sequence[Exam]) -> None:
             for exam in some:
                 metrics, written = how(exam, when)
-                prefix = "eval/" if exam.task is None else f"eval/{exam.task}/"
-                out.update({prefix + key.removeprefix("eval/"): value for key, value in metrics.items()})
+                out.update({exam.prefix + key.removeprefix("eval/"): value for key, value in metrics.items()})
                 rows.extend({"when": when, **row} for row in written)
 
         add(exams)
@@ -179,6 +197,7 @@ class Exams:
     def _student(self, exam: Exam, when: str) -> Measured:
         samplers = student_samplers(exam.held_out, self.student)
         measured = measure(exam.held_out, samplers, self.world, self._around(exam, when))
+        exam.check_goals(measured.metrics)
         metrics = dict(measured.metrics)
         known: dict[str, Known] = {}
         if exam.kl_teacher is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from opd.errors import ConfigError, nearest
+from opd.evaluation.results import environments_own
 from opd.maths.intervals import Interval, mean_interval, welch_interval
 from opd.viewer.comparable import HeldOutRows, Number, conditions_apart, rows_apart, unlike
 from opd.viewer.groups import Entry, Group, entries, grouped, keys_of
@@ -32,7 +33,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One number of all entries: a reward or pass@k in a sampling setting, or a divergence from the teacher."""
+    """One number of all entries: a reward, pass@k or count in a sampling setting, or a divergence from the teacher."""
 
     setting: str  # empty for a divergence of a stage without tasks
     number: str  # what it is called
@@ -116,11 +117,16 @@ def _covers(groups: Sequence[Group]) -> str:
 
 
 def _numbers(entry: Entry) -> list[Number]:
-    """What an entry's runs may have measured, in the recipe's order: rewards, pass@k, then divergences."""
+    """What an entry's runs may have measured, in the recipe's order: rewards, pass@k, counts, then divergences.
+
+    The counts are those of an environment's own, such as `environment/won`.
+    """
     found: list[Number] = []
     for task, section in tasks_of(entry.first).items():
         keys = ["reward", *(f"pass@{k}" for k in section.get("pass_at") or [] if k != 1)]
-        found += [(task, setting, key) for setting in settings_of(entry.first, task) for key in keys]
+        for setting in settings_of(entry.first, task):
+            each = (name for run in entry.group.runs.values() for name in entry.numbers(run, task))
+            found += [(task, setting, key) for key in [*keys, *environments_own(setting, each)]]
         found += [(task, None, key) for key, _ in DIVERGENCES]
     return found
 
