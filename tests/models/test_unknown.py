@@ -21,7 +21,7 @@ def test_unknown_id_is_none_where_every_text_is_known():
 
 
 def test_unknown_id_is_none_where_it_ends_a_text():
-    """As GPT-2's, whose unknown token is written between texts and stands for nothing unknown."""
+    """GPT-2's unknown token also separates texts, so a prompt with this token need not hold unknown text."""
     core = Tokenizer(token_models.Unigram([("<|end|>", 0.0), ("a", -1.0)], unk_id=0))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", unk_token="<|end|>")
     assert unknown_id(tokenizer) is None

@@ -9,7 +9,7 @@ from typing import Any
 def unknown_id(tokenizer: Any) -> int | None:
     """The id that stands for unknown text; None if the tokenizer knows every text, as one of bytes does.
 
-    An unknown token that also begins or ends a text, as GPT-2's, stands for nothing unknown.
+    None also where this token begins or ends a text, as in GPT-2: there it does not show that text is unknown.
     """
     model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if hasattr(model, "unk_token"):
